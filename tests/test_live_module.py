@@ -21,7 +21,8 @@ from hybridgen.models.decoder import describe
 PROMPTS = families.prompts_of((3, 9))
 MODES = ("eager", "jit", "graph", "hybrid")
 RECORDING = ("graph", "hybrid")
-SETTINGS: dict[str, Any] = {"max_batch": 2, "max_context": 32, "kv_memory": "4MiB", "device": "cpu"}
+SETTINGS: dict[str, Any] = {"max_batch": 2, "max_context": 32, "kv_memory": "4MiB", "device": "cpu", "run_ahead": 1}
+"""As on CUDA: a call that is alone looks at the module once its first step is launched."""
 
 
 @pytest.fixture(params=MODES)

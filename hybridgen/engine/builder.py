@@ -26,7 +26,7 @@ from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
 from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter, take
-from hybridgen.execution.following import begin_call
+from hybridgen.execution.following import begin_call, look
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
@@ -188,6 +188,7 @@ class Builder:
                 check=None if self.lead is None else self.lead.begin,
                 forget=pages.clear if twins else None,
             ),
+            look=partial(look, runner) if twins and self.lead is None else None,
             drafter=None if runner.drafting is None else runner.drafting.name,
             most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )

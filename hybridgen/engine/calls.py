@@ -53,10 +53,13 @@ def run_requests(
         EngineError: the engine was closed, or its device failed, before all had ended.
     """
     try:
-        loop.submit(requests, patient=len(requests) > 1)
-        if streamer is not None:
+        if streamer is None:
+            loop.start(requests, patient=len(requests) > 1)
+        else:
+            loop.submit(requests)
             _attach_streamer(requests[0], streamer)
-        loop.step()  # first, since the device waits while a bar is made
+            loop.step()
+        # The bar comes behind the first launch, since the device waits while it is made.
         with tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=no_bar) as bar:
             active = [request for request in requests if request.completion is None]
             while active:

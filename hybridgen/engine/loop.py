@@ -40,7 +40,8 @@ class StepLoop:
         run_ahead: int,
         reads_first_tokens_first: bool = False,
         meter: DecodeMeter | None = None,
-        before_call: Callable[[], object] = lambda: None,
+        before_call: Callable[..., bool] = lambda **_: False,
+        look: Callable[[], bool] | None = None,
         drafter: str | None = None,
         most_checked: int | None = None,
     ) -> None:
@@ -50,7 +51,8 @@ class StepLoop:
             reads_first_tokens_first: read a prefill's tokens before the next call is launched. For where a launch takes
                 the host long: a first token does not wait for it then.
             meter: told of every decode step that was read.
-            before_call: called before requests are queued, while no step runs.
+            before_call: called before requests are queued, while no step runs; see `following.begin_call`.
+            look: see `following.look`; None: `before_call` has to look by itself.
             drafter: who drafts in the runner's steps; None: nobody.
             most_checked: tokens of a step that checks drafts at most; None: any number.
         """
@@ -62,7 +64,7 @@ class StepLoop:
         self._reads_first_tokens_first = reads_first_tokens_first
         self._meter = meter
         self._reader = Reader(runner, scheduler, counters, meter)
-        self._before_call = before_call
+        self._before_call, self._look = before_call, look
         self._drafter = drafter
         self._most_checked = most_checked
         self._decoded_by: StepKind = ("decode", "", "")
@@ -93,6 +95,31 @@ class StepLoop:
             EngineError: the loop is closed, its device failed, or the model's owner made another one of it.
             ValueError: one was submitted before.
         """
+        self._queue(requests, keep_events, patient, may_look_later=False)
+
+    def start(self, requests: Sequence[Request], *, patient: bool = False) -> None:
+        """`submit` them and take a `step`. The owner of a live module may have changed it: where the step waits for
+        nothing and is nobody else's, that is looked for while the device is at it."""
+        with self._lock, interrupts_deferred():
+            alone = self._run_ahead and self._look is not None and not (self.scheduler.busy or self._in_flight)
+            looks = self._queue(requests, False, patient, may_look_later=bool(alone))
+            self._take_step()
+            if looks and self._look is not None and self._look():
+                self._again(requests)
+
+    def _again(self, requests: Sequence[Request]) -> None:
+        """Nothing that was launched for these requests counts; they wait again. None of it was read."""
+        self._in_flight = []
+        self.scheduler.back([request for request in requests if request.state is RequestState.RUNNING])
+        self.scheduler.pages.clear()
+        for request in requests:
+            if request.state is RequestState.WAITING:
+                submitted, request.output = request.output.submitted, self._output(request, keep_events=False)
+                request.output.submitted = submitted
+
+    def _queue(self, requests: Sequence[Request], keep_events: bool, patient: bool, *, may_look_later: bool) -> bool:
+        """See `submit`. Returns whether the model's owner is to be looked at once the next step is launched."""
+        looks = False
         with self._lock, interrupts_deferred():
             self.check()
             if self._paused is not None:
@@ -100,7 +127,7 @@ class StepLoop:
             if any(request.state is not RequestState.NEW for request in requests):
                 raise ValueError("a request can be submitted once; make a new one")
             if not self._stepping:
-                self._before_call()
+                looks = self._before_call(may_look_later=may_look_later)
             outputs = [self._output(request, keep_events) for request in requests]
             for request, output in zip(requests, outputs, strict=True):
                 request.output, request.patient = output, patient
@@ -110,6 +137,7 @@ class StepLoop:
             truncated = sum(request.truncated for request in requests)
             if truncated:
                 self._counters.tokens["truncated"] += truncated
+        return looks
 
     def on_end(self, call: Callable[[Request], object]) -> None:
         """Call this with every request that ends from now on, inside the step or call that ends it."""
@@ -189,6 +217,9 @@ class StepLoop:
         """
         if not self._stepping:
             self._lock.give_way()
+        self._take_step()
+
+    def _take_step(self) -> None:
         with self._lock, interrupts_deferred():
             self.check()
             if self._stepping:

@@ -191,6 +191,16 @@ class Scheduler:
         self._take_out(request)
         return True
 
+    def back(self, requests: Sequence[Request]) -> None:
+        """Have running requests wait again, in front of all others: what was launched for them does not count."""
+        for request in reversed(requests):
+            if request.state is RequestState.RUNNING:  # it waits already if it shares pages with one before
+                self._take_out(request)
+                request.back()
+                self.waiting.appendleft(request)
+        self._blocked = False
+        self._steady = 0
+
     def _take_out(self, request: Request) -> None:
         """Free a running request's slot and pages. Those that count on what it has not written wait again."""
         self.running.remove(request)

@@ -1,4 +1,4 @@
-"""Before each call: what the model's owner did to it since the last one is taken over."""
+"""At each call: what the model's owner did to it since the last one is taken over."""
 
 from __future__ import annotations
 
@@ -25,20 +25,49 @@ logger = logging.getLogger(__name__)
 
 
 def begin_call(
-    runner: ModelRunner, check: Callable[[], object] | None = None, forget: Callable[[], object] | None = None
-) -> None:
+    runner: ModelRunner,
+    check: Callable[[], object] | None = None,
+    forget: Callable[[], object] | None = None,
+    *,
+    may_look_later: bool = False,
+) -> bool:
     """What comes before a call's requests: its steps run with the model as its owner has left it.
 
     Args:
         check: raises where other processes that the steps need are gone.
         forget: called where the weights may have other values now, which cannot be seen.
+        may_look_later: the caller will `look()` once its first step is launched, and launch that step again where
+            something has changed.
+
+    Returns:
+        Whether the caller has to do that: nothing that a step could not run with was seen.
+
+    Raises: see `look`.
+    """
+    if check is not None:
+        check()
+    following = runner.following
+    twins = [twin for twin in (following.twin, following.drafters_twin) if twin is not None]
+    later = may_look_later and bool(twins) and all(twin.keeps_memory() for twin in twins)
+    if not later:
+        look(runner)
+    if twins:
+        if runner.stream is not None and not runner.is_here():
+            # What the caller's stream still writes into the weights comes first.
+            runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
+        runner.refresh_fused()
+    if forget is not None:
+        forget()
+    return later
+
+
+def look(runner: ModelRunner) -> bool:
+    """Take over what the model's owner changed since the last look; returns whether anything was.
 
     Raises:
         EngineError: that cannot be, see `Twin.follow`.
         UnsupportedModelError: see `BoundModel.check_forwards`.
     """
-    if check is not None:
-        check()
     following = runner.following
     changes = following.own_hooks if following.twin is None else following.twin.follow()
     if following.drafters_twin is not None:
@@ -46,15 +75,10 @@ def begin_call(
     if following.twin is not None:
         runner.bound.check_forwards()
     hooks = (has_global_hooks(), changes.hooked)
-    if changes.moved or changes.settings or hooks != following.hooks:
-        _adapt(runner, changes, hooks)
-    if following.twin is not None or following.drafters_twin is not None:
-        if runner.stream is not None and not runner.is_here():
-            # What the caller's stream still writes into the weights comes first.
-            runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
-        runner.refresh_fused()
-    if forget is not None:
-        forget()
+    if not (changes.moved or changes.settings or hooks != following.hooks):
+        return False
+    _adapt(runner, changes, hooks)
+    return True
 
 
 @on_its_stream

@@ -27,7 +27,7 @@ from hybridgen.core import TokenLogprob
 from hybridgen.demo import model_path
 from hybridgen.engine.handoff import interrupts_deferred
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.requests import Request
+from hybridgen.engine.requests import Request, RequestState
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.execution.plan import Admission, PrefillChunk, StepOutput
 from hybridgen.params import SamplingParams
@@ -282,7 +282,7 @@ class StubRunner:
     def __init__(self) -> None:
         self.next: dict[int, int] = {}
         self.decoded: list[tuple[int, ...]] = []
-        self.reads = 0
+        self.reads = self.prefills = 0
         self.fails: Any = lambda slots: False
         self.accepts: Any = lambda row: 1
         self.logprobs = False
@@ -294,6 +294,7 @@ class StubRunner:
         """Nothing here can be out of step."""
 
     def prefill(self, chunks: list[PrefillChunk]) -> Any:
+        self.prefills += 1
         return self._launch(tuple(chunk.slot for chunk in chunks if chunk.last))
 
     def decode(self, slots: tuple[int, ...]) -> Any:
@@ -328,10 +329,13 @@ def stub_loop(
 
 
 def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Request]:
-    sampling = resolve(SamplingParams(**fields), None, None, 1000)
-    requests = [Request(array("i", range(prompt)), sampling, index) for index in range(count)]
+    requests = [new_request(index, prompt, **fields) for index in range(count)]
     loop.submit(requests)
     return requests
+
+
+def new_request(index: int, prompt: int = 3, **fields: Any) -> Request:
+    return Request(array("i", range(prompt)), resolve(SamplingParams(**fields), None, None, 1000), index)
 
 
 def finish(loop: StepLoop, requests: list[Request]) -> None:
@@ -354,6 +358,49 @@ def test_tokens_steps_and_counts(run_ahead: int) -> None:
         assert request.launched == count
     assert loop._counters.tokens == {"prompt": 49, "generated": 22}
     assert loop._counters.steps["decode", "stub", "none"] == len(runner.decoded)
+
+
+@pytest.mark.parametrize(("run_ahead", "changed"), [(0, True), (1, False), (1, True)])
+def test_a_step_before_the_owner_was_looked_at_counts_only_if_nothing_changed(run_ahead: int, changed: bool) -> None:
+    looks: list[int] = []
+    runner: Any = None
+
+    def look() -> bool:
+        looks.append(runner.prefills)
+        return changed
+
+    loop, runner = stub_loop(run_ahead, before_call=lambda may_look_later: may_look_later, look=look)
+    requests = [new_request(index, max_new_tokens=4) for index in range(2)]
+    loop.start(requests)
+    assert looks == [1] * run_ahead
+    if run_ahead and changed:
+        assert [request.state for request in requests] == [RequestState.WAITING] * 2
+        assert not runner.reads
+    others = [new_request(2, max_new_tokens=4)]
+    loop.start(others)  # not alone: `before_call` looks
+    finish(loop, requests + others)
+    assert looks == [1] * run_ahead
+    assert runner.prefills == 2  # one of them for all three, where the first does not count
+    for request in requests + others:
+        assert request.completion.token_ids == tuple(100 * request.index + i for i in range(4))
+        assert [(step.phase, step.count) for step in request.completion.steps] == [("prefill", 1), ("decode", 3)]
+
+
+def test_what_the_owner_made_impossible_is_told_behind_the_launch() -> None:
+    def look() -> bool:
+        raise hybridgen.EngineError("the modules are other ones")
+
+    loop, _ = stub_loop(before_call=lambda may_look_later: may_look_later, look=look)
+    requests = [new_request(index, max_new_tokens=4) for index in range(2)]
+    with pytest.raises(hybridgen.EngineError, match="other ones"):
+        loop.start(requests)
+    loop.cancel(requests)
+    assert loop.scheduler.pages.free == loop.scheduler.pages.capacity
+    loop._look = lambda: False
+    later = [new_request(5, max_new_tokens=2)]
+    loop.start(later)
+    finish(loop, later)
+    assert len(later[0].completion.token_ids) == 2
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])

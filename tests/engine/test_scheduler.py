@@ -457,6 +457,24 @@ def test_who_shares_what_was_not_written_waits_again_in_its_place() -> None:
     assert scheduler.pages.free == scheduler.pages.capacity
 
 
+def test_requests_whose_launches_do_not_count_wait_again_in_front() -> None:
+    scheduler = make(budget=64, shares=True, max_batch=3)
+    a, b, c, d = add(scheduler, 40, 40, 20, 8)
+    assert scheduler.schedule().admitted == (a, b, c)
+    for request in (a, b, c):
+        scheduler.pages.launched(request.pages, request.prefilled)
+    scheduler.back([a, b, c])
+    assert list(scheduler.waiting) == [a, b, c, d]
+    scheduler.pages.clear()
+    assert scheduler.pages.free == scheduler.pages.capacity
+    again = scheduler.schedule()
+    assert again.admitted == (a, b, c)
+    assert [chunk.start for chunk in again.plan.prefill] == [0, 32, 16]  # the others share what a is to write
+    for request in (a, b, c, d):
+        scheduler.finish(request)
+    assert scheduler.pages.free == scheduler.pages.capacity
+
+
 def queued(scheduler: Scheduler, requests: list[Request], *, streamed: bool = False) -> list[int]:
     return [requests.index(request) for request in scheduler.in_order(requests, streamed=streamed)]
 

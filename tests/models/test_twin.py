@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
 import weakref
 from typing import Any
@@ -190,6 +191,50 @@ def test_what_is_refused(change: Any) -> None:
     for _ in range(2):
         with pytest.raises(EngineError, match="load a new one"):
             found.follow()
+
+
+def write_values(model: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+
+
+def replace_data_of_a_tensor_that_lives_on(model: Any) -> torch.Tensor:
+    before = model.model.norm.weight.data
+    model.model.norm.weight.data = before * 2
+    return before
+
+
+def free_all(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "keeps"),
+    [
+        (lambda model: None, True),
+        (write_values, True),
+        (replace_parameter, True),  # the old one is still the twin's
+        (replace_data_of_a_tensor_that_lives_on, True),
+        (change_setting, True),
+        (replace_data, False),
+        (half, False),
+        (free_all, False),
+    ],
+)
+def test_whether_what_was_recorded_may_run_before_a_look(change: Any, keeps: bool) -> None:
+    model = families.build("llama")
+    found = Twin(model)
+    found.settle()
+    assert not found.keeps_memory()  # nobody has looked yet
+    found.follow()
+    for _ in range(2):
+        gc.collect()
+        assert found.keeps_memory()
+    lives_on = change(model)
+    gc.collect()
+    assert found.keeps_memory() is keeps
+    del lives_on
 
 
 def test_what_was_seen_before_an_error_is_told_after_it() -> None:
