@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sampling_cases import INF, Batch, judge, needs, random_batch, tables
 from sampling_history_cases import random_tables
 
-from hybridgen.kernels.sampling import kernels, unfiltered_kernels
+from hybridgen.kernels.sampling import first_kernels, kernels
 from hybridgen.kernels.sampling import ops as sampling
 from hybridgen.kernels.sampling.arithmetic import (
     ROUGH,
@@ -150,6 +150,25 @@ def check_plans() -> None:
 
 
 @triton.jit
+def _open(record, top_k, top_p, log_min_p):  # type: ignore[no-untyped-def]
+    """As if no row that draws were settled."""
+    return tl.load(record + 1).to(tl.int32).to(tl.float32, bitcast=True) < 0
+
+
+def check_settled() -> None:
+    """A row that is settled early has the token that selection gives it."""
+    sampling._scratch = _poisoned
+    for case in range(12):
+        vocab = (3, 70, 150)[case % 3]
+        batch = random_batch(50 + case, 8, vocab, torch.bfloat16)
+        plans = {(True, True, True), needs(batch)}
+        tokens = [sampling.launch_sampled(*batch, *plan, block=64) for plan in plans]
+        with patch.object(kernels, "_settled", _open):
+            for found, plan in zip(tokens, plans, strict=True):
+                assert torch.equal(sampling.launch_sampled(*batch, *plan, block=64), found)
+
+
+@triton.jit
 def _shaken(key, ids):  # type: ignore[no-untyped-def]
     """Noise that is 0.45 too high or too low."""
     return gumbel(key, ids) + tl.where(ids & 1, 0.45, -0.45)
@@ -162,7 +181,7 @@ def check_rough() -> None:
     logits = torch.randn(16, 150, generator=torch.Generator().manual_seed(0))
     reals, integers = tables([{"temperature": 1.0, "top_k": 60, "seed": row} for row in range(16)])
     batch = Batch(logits, reals, integers, rows, rows)
-    for top_k, module in ((True, kernels), (False, kernels), (False, unfiltered_kernels)):
+    for top_k, module in ((True, kernels), (False, kernels), (False, first_kernels)):
         plan = top_k, False, module is kernels
         exact = sampling.launch_sampled(*batch, *plan, block=64)
         with patch.object(module, "ROUGH", tl.constexpr(0.5)), patch.object(module, "rough_gumbel", _shaken):
@@ -177,7 +196,7 @@ def check_rough() -> None:
     logits[1, :64] = -INF
     logits[2, 3:] = -INF
     batch = Batch(logits, reals[2:3], integers[2:3], torch.zeros(3, dtype=torch.int64), rows[:3])
-    module = unfiltered_kernels
+    module = first_kernels
     with patch.object(module, "ROUGH", tl.constexpr(32.0)), patch.object(module, "rough_gumbel", _flat):
         tokens = sampling.launch_sampled(*batch, False, False, False, block=32)
     assert torch.equal(sampling.launch_sampled(*batch, False, False, True, block=32), tokens)

@@ -1,31 +1,34 @@
 """Triton: choose a token per row without sorting the vocabulary. What the ops promise: `hybridgen.sampling.choice`.
 
-A row is cut into blocks of 2048 tokens, one program each; the kernels run one after another over all rows:
+A row is cut into blocks of 2048 tokens, one program each; the kernels run one after another over all rows. A batch of
+greedy rows: `scan_kernel` finds each block's largest logit, `greedy_kernel` the row's. Else:
 
-1. `scan_kernel` finds each block's largest logit; the row's is a temperature's reference and what greedy rows take.
-2. `digit_kernel` finds an edge by radix selection (as `torch.topk` does, by digits of 4 bits): the logit's bits, in an
+1. `draw_first_kernel` finds each block's largest logit, which is a temperature's reference, and its best token with
+   noise, by the device's quick logarithm.
+2. `pick_first_kernel` computes exact noise for these, and takes the row's best token. Where no row of the batch has
+   top-k, top-p or min-p, that is all.
+3. `weigh_kernel` sums what comes before that token. If top-k, top-p and min-p keep it, it is the best of those that are
+   kept, too: the row is settled, and the programs of all that follows leave at once. With top-p of p that happens in
+   a share of p of all steps and more.
+4. `digit_kernel` finds an edge by radix selection (as `torch.topk` does, by digits of 4 bits): the logit's bits, in an
    order where a smaller key is more likely, are fixed digit by digit from the top. A launch per digit adds, for each
    value of the digit, the tokens whose higher digits agree with what is fixed so far: counts for top-k, masses for
    top-p. 4 digits for bfloat16, 5 for float16, 8 for float32; first for top-k, then for top-p, as far as a row of the
    batch may have them.
-3. `draw_kernel` adds noise and finds each block's best candidate among what is kept. It computes noise with the
-   device's quick logarithm, and exactly only in a block where two tokens are too near each other for that.
-4. `pick_kernel` computes exact noise for the tokens found, and takes the best. Greedy batches go from 1 to
-   `greedy_kernel`.
-
-Where no row has top-k, top-p or min-p, `draw_unfiltered_kernel` does the work of 1 and 3 in one pass over the logits,
-and `pick_unfiltered_kernel` follows.
+5. `draw_kernel` finds each block's best token among what is kept, as the first kernel does.
+6. `pick_kernel` takes the best of these.
 
 | batch | launches |
 |---|---|
 | greedy, temperature | 2 |
-| min-p | 3 |
-| with top-k or with top-p | 3 + digits |
-| with both | 3 + 2 * digits |
+| min-p | 4 |
+| with top-k or with top-p | 5 + digits |
+| with both | 5 + 2 * digits |
 
 Sums across blocks are of integers, so no order of arrival shows in them: masses are multiples of 2^-44 of the row's
 most likely token's. On compute capability 9 each launch overlaps with the end of the one before (programmatic
-dependent launch). Nothing outlives a call: the scan sets the sums to zero, scratch comes from torch's allocator.
+dependent launch). Nothing outlives a call: the second kernel sets the sums to zero, scratch comes from torch's
+allocator.
 
 Imports Triton; only the CUDA implementations import this module.
 """
@@ -40,14 +43,20 @@ from torch import Tensor
 
 from hybridgen.device.launcher import Launcher, device_of
 from hybridgen.kernels.sampling.arithmetic import MASS_BITS, RADIX
-from hybridgen.kernels.sampling.kernels import digit_kernel, draw_kernel, greedy_kernel, pick_kernel, scan_kernel
-from hybridgen.kernels.sampling.unfiltered_kernels import draw_unfiltered_kernel, pick_unfiltered_kernel
+from hybridgen.kernels.sampling.first_kernels import draw_first_kernel, pick_first_kernel, weigh_kernel
+from hybridgen.kernels.sampling.kernels import (
+    RECORD,
+    digit_kernel,
+    draw_kernel,
+    greedy_kernel,
+    pick_kernel,
+    scan_kernel,
+)
 
 BLOCK = 2048
 """Tokens of a program. No result depends on it."""
-_WARPS = {"scan": 4, "digit": 16, "draw": 4, "draw unfiltered": 4, "pick": 4}
-"""Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers, so that the next one loads its
-logits while one works."""
+_WARPS = {"scan": 4, "digit": 16, "draw": 4, "pick": 4}
+"""Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers."""
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 """Leading bits of float32 that hold a number of the dtype."""
 _RADIX = int(RADIX)
@@ -91,10 +100,13 @@ class Kernels(NamedTuple):
     """The launches of a variant."""
 
     scan: Launcher
+    greedy: Launcher
+    draw_first: Launcher
+    pick_first: Launcher
+    weigh: Launcher
     digits: tuple[Launcher, ...]
     draw: Launcher
     pick: Launcher
-    greedy: Launcher
 
 
 _prepared: dict[Variant, Kernels] = {}
@@ -107,30 +119,24 @@ def _prepare(variant: Variant, overlap: bool) -> Kernels:
         "enable_fp_fusion": False,
         **({"launch_pdl": True} if overlap else {}),
     }
-    blocks = {"BLOCKS": triton.next_power_of_2(variant.blocks)}
-    keys = {"DIGITS": variant.digits, "SHIFT": 32 - _KEY_BITS[variant.dtype]}
-    tile = {"BLOCK": variant.block, **blocks, **keys, **common}
+    block, blocks = {"BLOCK": variant.block, **common}, {"BLOCKS": triton.next_power_of_2(variant.blocks)}
     filters = {"TOP_K": variant.top_k, "NUCLEUS": variant.nucleus}
-    passes = [{"TOP_K": False, "NUCLEUS": False}] * variant.top_k
-    passes += [{"TOP_K": variant.top_k, "NUCLEUS": True}] * variant.nucleus
-    sums = triton.next_power_of_2(variant.sums) if variant.sums else 0
-    if variant.filtered:
-        draw = Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **filters, **tile})
-        pick = Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **filters, **tile})
-    else:
-        one_pass = {"BLOCK": variant.block, **common}
-        draw = Launcher(draw_unfiltered_kernel, {"num_warps": _WARPS["draw unfiltered"], **one_pass})
-        pick = Launcher(pick_unfiltered_kernel, {"num_warps": _WARPS["pick"], **blocks, **one_pass})
+    keys = {"DIGITS": variant.digits, "SHIFT": 32 - _KEY_BITS[variant.dtype], **filters, **block}
+    first = {"SUMS": triton.next_power_of_2(variant.sums) if variant.sums else 0, "FILTERED": variant.filtered}
+    passes = [False] * variant.top_k + [True] * variant.nucleus
     return Kernels(
-        Launcher(scan_kernel, {"BLOCK": variant.block, "SUMS": sums, "num_warps": _WARPS["scan"], **common}),
-        tuple(
-            Launcher(digit_kernel, {"PLACE": place, "num_warps": _WARPS["digit"], **which, **tile})
-            for which in passes
+        scan=Launcher(scan_kernel, {"num_warps": _WARPS["scan"], **block}),
+        greedy=Launcher(greedy_kernel, {"num_warps": _WARPS["pick"], **blocks, **common}),
+        draw_first=Launcher(draw_first_kernel, {"num_warps": _WARPS["draw"], **block}),
+        pick_first=Launcher(pick_first_kernel, {"num_warps": _WARPS["pick"], **first, **blocks, **block}),
+        weigh=Launcher(weigh_kernel, {"num_warps": _WARPS["draw"], **filters, **block}),
+        digits=tuple(
+            Launcher(digit_kernel, {"PLACE": place, "MASSES": masses, "num_warps": _WARPS["digit"], **keys})
+            for masses in passes
             for place in range(variant.digits)
         ),
-        draw,
-        pick,
-        Launcher(greedy_kernel, {"num_warps": _WARPS["pick"], **blocks, **common}),
+        draw=Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **keys}),
+        pick=Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **blocks, **keys}),
     )
 
 
@@ -163,7 +169,7 @@ def launch_greedy(logits: Tensor, block: int = BLOCK) -> Tensor:
     logits, variant, kernels = _kernels_of(logits, False, False, False, block)
     blocks = variant.blocks
     peaks = _scratch(rows * blocks, logits.device)
-    kernels.scan((blocks, rows, 1), (logits, peaks, peaks, variant.vocab, variant.stride, blocks, 0))
+    kernels.scan((blocks, rows, 1), (logits, peaks, variant.vocab, variant.stride, blocks))
     kernels.greedy((rows, 1, 1), (peaks, tokens, blocks))
     return tokens
 
@@ -187,20 +193,21 @@ def launch_sampled(
     logits, variant, kernels = _kernels_of(logits, top_k, nucleus, min_p, block)
     blocks = variant.blocks
     slots, positions = slots.contiguous(), positions.contiguous()
-    widths = reals.stride(0), integers.stride(0)
-    grid, tables = (blocks, rows, 1), (reals, integers, slots, positions)
+    grid, widths = (blocks, rows, 1), (reals.stride(0), integers.stride(0))
+    counts = blocks, blocks, variant.sums, variant.filtered * int(RECORD), variant.filtered * 4 * blocks
+    sizes = [rows * count for count in counts]
+    peaks, firsts, sums, records, draws = _scratch(sum(sizes), logits.device).split(sizes)
+    shape = variant.vocab, variant.stride, blocks
+    kernels.draw_first(grid, (logits, peaks, firsts, reals, integers, slots, positions, *shape, *widths))
+    found = logits, peaks, firsts, sums, records, reals, integers, slots, positions, tokens
+    kernels.pick_first((rows, 1, 1), (*found, *shape, variant.sums, *widths))
     if not variant.filtered:
-        peaks, draws = _scratch(2 * rows * blocks, logits.device).chunk(2)
-        shape = variant.vocab, variant.stride, blocks
-        kernels.draw(grid, (logits, peaks, draws, *tables, *shape, *widths))
-        kernels.pick((rows, 1, 1), (logits, peaks, draws, *tables, tokens, *shape, *widths))
         return tokens
-    sizes = rows * blocks, rows * variant.sums, rows * 4 * blocks
-    peaks, sums, draws = _scratch(sum(sizes), logits.device).split(sizes)
-    shape = variant.vocab, variant.stride, blocks, variant.sums
-    kernels.scan(grid, (logits, peaks, sums, *shape))
+    if variant.sums:
+        kernels.weigh(grid, (logits, records, reals, integers, slots, *shape, *widths))
     for digit in kernels.digits:
-        digit(grid, (logits, peaks, sums, reals, integers, slots, *shape, *widths))
-    kernels.draw(grid, (logits, peaks, sums, draws, *tables, *shape, *widths))
-    kernels.pick((rows, 1, 1), (logits, peaks, sums, draws, *tables, tokens, *shape, *widths))
+        digit(grid, (logits, sums, records, reals, integers, slots, *shape, variant.sums, *widths))
+    state = logits, sums, records, draws, reals, integers, slots, positions
+    kernels.draw(grid, (*state, *shape, variant.sums, *widths))
+    kernels.pick((rows, 1, 1), (*state, tokens, *shape, variant.sums, *widths))
     return tokens

@@ -1,4 +1,7 @@
-"""Triton kernels of `kernels.sampling` for batches in which every token is kept: no top-k, top-p or min-p."""
+"""Triton kernels of `kernels.sampling` that find the best of all tokens with noise, and what is above it.
+
+Where no row has top-k, top-p or min-p, that is the row's token.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from hybridgen.kernels.sampling.arithmetic import (
     ROUGH,
     distance,
     gumbel,
+    mass_of,
     ordered,
     pack,
+    packed_id,
     packed_value,
     reciprocal,
     rough_gumbel,
     stream_key,
 )
-from hybridgen.kernels.sampling.kernels import _best_of, _load_block, _store_token, _wait
+from hybridgen.kernels.sampling.kernels import RECORD, _best_of, _filters, _load_block, _recorded, _store_token, _wait
 
 _INF = tl.constexpr(float("inf"))
 _MOST_IDS = tl.constexpr(1 << 19)
@@ -35,7 +40,7 @@ def _larger(a, b):  # type: ignore[no-untyped-def]
     do_not_specialize=["blocks", "real_width", "integer_width"],
     do_not_specialize_on_alignment=["peaks", "draws", "reals", "integers", "slots", "positions"],
 )
-def draw_unfiltered_kernel(  # type: ignore[no-untyped-def]
+def draw_first_kernel(  # type: ignore[no-untyped-def]
     logits, peaks, draws, reals, integers, slots, positions,
     vocab, stride, blocks, real_width, integer_width,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -46,7 +51,8 @@ def draw_unfiltered_kernel(  # type: ignore[no-untyped-def]
     token is found by rough noise and rough distances from the block's own largest logit. They give each candidate
     within ROUGH, but for what all tokens of the block have in common, where it is above -5; what is below -4 cannot be
     the row's, whose most likely token has a candidate above -2.9. So the best by exact values is at most 2 * ROUGH
-    below the best by rough ones. Where another token is as near as that, the block is marked, and `pick` looks.
+    below the best by rough ones. Where another token is as near as that, the block is marked, and `pick_first_kernel`
+    looks.
 
     `draws` int64 [B, blocks]: the id, with _CONTESTED where marked; -1: there is none.
     """
@@ -75,18 +81,22 @@ def draw_unfiltered_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "real_width", "integer_width"],
-    do_not_specialize_on_alignment=["peaks", "draws", "reals", "integers", "slots", "positions", "tokens"],
-)
-def pick_unfiltered_kernel(  # type: ignore[no-untyped-def]
-    logits, peaks, draws, reals, integers, slots, positions, tokens,
-    vocab, stride, blocks, real_width, integer_width,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
+    do_not_specialize=["blocks", "sums_size", "real_width", "integer_width"],
+    do_not_specialize_on_alignment=[
+        "peaks", "draws", "sums", "records", "reals", "integers", "slots", "positions", "tokens",
+    ],
+)  # fmt: skip
+def pick_first_kernel(  # type: ignore[no-untyped-def]
+    logits, peaks, draws, sums, records, reals, integers, slots, positions, tokens,
+    vocab, stride, blocks, sums_size, real_width, integer_width,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr, FILTERED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: the token of a row, greedy or drawn, by exact values.
+    """A program: the best token of a row, greedy or drawn, by exact values.
 
     The id that a marked block has is by up to 4 * ROUGH worse than the block's best token: where that would make it the
     row's best, and where rough distances are worth nothing, all tokens of the block are looked at.
+
+    Where FILTERED, other kernels follow: the row gets a record (see `_settled`), and its SUMS sums are set to zero.
     """
     row = tl.program_id(0)
     slot = tl.load(slots + row)
@@ -95,13 +105,15 @@ def pick_unfiltered_kernel(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     best = _best_of(peaks + row * blocks, blocks, BLOCKS)
     peak = packed_value(best)
+    far = temperature * 0 - 1.0
     if temperature > 0:
         best = best * 0 + NOTHING
         if tl.abs(peak) < _INF:
+            own_logits = logits + row.to(tl.int64) * stride
             i = tl.arange(0, BLOCKS)
             drawn = tl.load(draws + row * blocks + i, mask=i < blocks, other=-1)
             exists, winners = drawn >= 0, (drawn & 0xFFFFFFFF).to(tl.int32)
-            logit = tl.load(logits + row.to(tl.int64) * stride + winners, mask=exists, other=-_INF).to(tl.float32)
+            logit = tl.load(own_logits + winners, mask=exists, other=-_INF).to(tl.float32)
             score = tl.where(exists, gumbel(key, winners) - distance(logit, peak, temperature), -_INF)
             best = tl.max(tl.where(exists, pack(score, winners), NOTHING), 0)
             slack = tl.where(reciprocal(temperature) > 0.0, 4 * ROUGH, _INF)
@@ -114,4 +126,43 @@ def pick_unfiltered_kernel(  # type: ignore[no-untyped-def]
                 best = tl.maximum(best, tl.max(tl.where(inside, candidate, NOTHING), 0))
                 open_blocks = open_blocks & (i != block)
                 left -= 1
-    _store_token(tokens, row, best)
+            if FILTERED:
+                far = distance(tl.load(own_logits + packed_id(best)).to(tl.float32), peak, temperature)
+    token = _store_token(tokens, row, best)
+    if FILTERED:
+        i = tl.arange(0, RECORD)
+        fields = tl.where(i == 0, peak.to(tl.int32, bitcast=True), far.to(tl.int32, bitcast=True))
+        tl.store(records + row * RECORD + i, tl.where(i < 2, fields.to(tl.int64), tl.where(i == 2, token, 0)))
+    if SUMS > 0:
+        i = tl.arange(0, SUMS)
+        tl.store(sums + row * sums_size + i, tl.zeros([SUMS], tl.int64), mask=i < sums_size)
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "real_width", "integer_width"],
+    do_not_specialize_on_alignment=["records", "reals", "integers", "slots"],
+)
+def weigh_kernel(  # type: ignore[no-untyped-def]
+    logits, records, reals, integers, slots,
+    vocab, stride, blocks, real_width, integer_width,
+    BLOCK: tl.constexpr, TOP_K: tl.constexpr, NUCLEUS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program adds to a row's record what a block has that comes before the row's best token."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row)
+    temperature = tl.load(reals + slot * real_width)
+    top_k, top_p, _ = _filters(reals, integers, slot, real_width, integer_width, TOP_K, NUCLEUS)
+    _wait(OVERLAP)
+    record = records + row * RECORD
+    peak, first = _recorded(record), _recorded(record + 1)
+    if (first >= 0) & ((top_k > 0) | (top_p < 1)):
+        x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
+        far = distance(x, peak, temperature)
+        above = inside & (far < first)
+        tl.atomic_add(record + 3, tl.sum(above.to(tl.int32), 0).to(tl.int64), sem="relaxed")
+        if NUCLEUS:
+            ties = inside & (far == first) & (ids < tl.load(record + 2))
+            mass = tl.where(inside, mass_of(far), 0)
+            tl.atomic_add(record + 4, tl.sum(ties.to(tl.int32), 0).to(tl.int64), sem="relaxed")
+            tl.atomic_add(record + 5, tl.sum(tl.where(above, mass, 0), 0), sem="relaxed")
+            tl.atomic_add(record + 6, tl.sum(mass, 0), sem="relaxed")
