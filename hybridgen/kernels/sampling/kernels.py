@@ -205,7 +205,10 @@ def digit_kernel(  # type: ignore[no-untyped-def]
         weight = tl.where(inside & ((high >> 4) == prefix), weight, 0)
         digit = (high & (RADIX - 1)).to(tl.int32)
         bins = tl.arange(0, RADIX)
-        part = tl.sum(tl.where(digit[:, None] <= bins[None, :], weight[:, None], 0), 0)
+        if MASSES:
+            part = tl.sum(tl.where(digit[:, None] <= bins[None, :], weight[:, None], 0), 0)
+        else:
+            part = tl.cumsum(tl.histogram(digit, RADIX, mask=weight > 0), 0).to(tl.int64)
         # Integers: the order in which blocks add does not show.
         tl.atomic_add(own + PLACE * RADIX + bins, part, mask=part > 0, sem="relaxed")
 

@@ -55,8 +55,9 @@ from hybridgen.kernels.sampling.kernels import (
 
 BLOCK = 2048
 """Tokens of a program. No result depends on it."""
-_WARPS = {"scan": 4, "digit": 16, "draw": 4, "pick": 4}
-"""Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers."""
+_WARPS = {"scan": 4, "counts": 4, "masses": 16, "draw": 4, "pick": 4}
+"""Per program. A thread has 16 sums of 8 bytes for each of its tokens where masses are summed: with fewer warps they
+would not fit its registers."""
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 """Leading bits of float32 that hold a number of the dtype."""
 _RADIX = int(RADIX)
@@ -131,7 +132,10 @@ def _prepare(variant: Variant, overlap: bool) -> Kernels:
         pick_first=Launcher(pick_first_kernel, {"num_warps": _WARPS["pick"], **first, **blocks, **block}),
         weigh=Launcher(weigh_kernel, {"num_warps": _WARPS["draw"], **filters, **block}),
         digits=tuple(
-            Launcher(digit_kernel, {"PLACE": place, "MASSES": masses, "num_warps": _WARPS["digit"], **keys})
+            Launcher(
+                digit_kernel,
+                {"PLACE": place, "MASSES": masses, "num_warps": _WARPS["masses" if masses else "counts"], **keys},
+            )
             for masses in passes
             for place in range(variant.digits)
         ),
