@@ -60,7 +60,7 @@ def ways(case: str, logits: Tensor) -> dict[str, Callable[[], Tensor]]:
     reals = torch.tensor([line] * batch, device=device)
     integers = torch.tensor([[seed, top_k] for seed in range(batch)], device=device)
     slots = torch.arange(batch, device=device)
-    arguments = logits, reals, integers, slots, slots + 100, top_k > 0, top_p < 1
+    arguments = logits, reals, integers, slots, slots + 100, top_k > 0, top_p < 1, min_p > 0
     return {"op": lambda: choose_sampled(*arguments), "torch": lambda: reference_sampled(*arguments)}
 
 

@@ -33,7 +33,7 @@ _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define("choose_greedy(Tensor logits) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "choose_sampled(Tensor logits, Tensor reals, Tensor integers, Tensor slots, Tensor positions, bool top_k, "
-    "bool nucleus) -> Tensor",
+    "bool nucleus, bool min_p) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -51,19 +51,27 @@ def choose_greedy(logits: Tensor) -> Tensor:
 
 
 def choose_sampled(
-    logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
+    logits: Tensor,
+    reals: Tensor,
+    integers: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    top_k: bool,
+    nucleus: bool,
+    min_p: bool,
 ) -> Tensor:
     """A token for each row, drawn or (temperature 0) greedy, as `sampler.sample` describes; int64 [B].
 
     Args:
         top_k: some row may have top-k. Where False, nobody looks at it.
         nucleus: some row may have top-p. Where False, nobody looks at it.
+        min_p: some row may have min-p.
 
     Raises:
         TypeError: on CUDA, the logits are of another type than the kernels take.
         ValueError: on CUDA, V is 2^19 or more.
     """
-    return torch.ops.hybridgen.choose_sampled.default(logits, reals, integers, slots, positions, top_k, nucleus)
+    return torch.ops.hybridgen.choose_sampled.default(logits, reals, integers, slots, positions, top_k, nucleus, min_p)
 
 
 def reference_greedy(logits: Tensor) -> Tensor:
@@ -72,14 +80,21 @@ def reference_greedy(logits: Tensor) -> Tensor:
 
 
 def reference_sampled(
-    logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
+    logits: Tensor,
+    reals: Tensor,
+    integers: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    top_k: bool,
+    nucleus: bool,
+    min_p: bool,
 ) -> Tensor:
     """`choose_sampled` in torch operators, on any device."""
     scores = logits.float()
     ranked = logits.shape[-1] if top_k or nucleus else 0
     if not top_k:
         integers = torch.stack((integers[:, 0], torch.zeros_like(integers[:, 1])), 1)
-    scaled = truncated(scores, reals, integers, slots, ranked, nucleus, min_p=True)
+    scaled = truncated(scores, reals, integers, slots, ranked, nucleus, min_p)
     return best_of(with_noise(scores, scaled, reals, integers, slots, positions, gumbel_noise))
 
 
@@ -90,11 +105,18 @@ def _greedy_cuda(logits: Tensor) -> Tensor:
 
 
 def _sampled_cuda(
-    logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
+    logits: Tensor,
+    reals: Tensor,
+    integers: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    top_k: bool,
+    nucleus: bool,
+    min_p: bool,
 ) -> Tensor:
     from hybridgen.kernels.sampling.ops import launch_sampled
 
-    return launch_sampled(logits, reals, integers, slots, positions, top_k, nucleus)
+    return launch_sampled(logits, reals, integers, slots, positions, top_k, nucleus, min_p)
 
 
 def _tokens_like(logits: Tensor, *_: object) -> Tensor:

@@ -125,7 +125,7 @@ def _choose(
         reals[:, 1] = torch.where(exact, 1.0, reals[:, 1])
         integers[:, 1] = torch.where(exact, 0, integers[:, 1])
         slots = torch.arange(len(slots), device=slots.device)
-    return choose_sampled(scores, reals, integers, slots, positions, plan.top_k, plan.nucleus)
+    return choose_sampled(scores, reals, integers, slots, positions, plan.top_k, plan.nucleus, plan.min_p)
 
 
 def process(

@@ -112,14 +112,10 @@ def _goes_by_length(params: ResolvedSampling) -> bool:
 
 def every_kind(vocab_size: int) -> list[SamplerPlan]:
     """A plan for each set of kernels that sampling has on CUDA."""
-    switches = (False, True)
-    processed = {"penalties": True, "bias": True, "history": True}
-    plans = [SamplerPlan(), SamplerPlan(**processed)]
-    for top_k, nucleus, processes in itertools.product(switches, repeat=3):
-        ranked = vocab_size if top_k or nucleus else 0
-        plan = SamplerPlan(sample=True, ranked=ranked, top_k=top_k, nucleus=nucleus)
-        plans.append(plan._replace(**processed) if processes else plan)
-    return plans
+    plans = [SamplerPlan(), SamplerPlan(sample=True), SamplerPlan(sample=True, min_p=True)]
+    for top_k, nucleus in ((True, False), (False, True), (True, True)):
+        plans.append(SamplerPlan(sample=True, ranked=vocab_size, top_k=top_k, nucleus=nucleus))
+    return [*plans, *(plan._replace(penalties=True, bias=True, history=True) for plan in plans)]
 
 
 def _merge(plans: Sequence[SamplerPlan]) -> SamplerPlan:

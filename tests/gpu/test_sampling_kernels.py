@@ -77,25 +77,38 @@ def test_large_vocabularies_against_the_reference(vocab: int, scale: float, name
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
     batch = random_batch(5, 300, 40_000, dtype).to("cuda")
-    together = choose_sampled(*batch, True, True)
+    together = choose_sampled(*batch, True, True, True)
     for _ in range(3):
         poison()
-        assert torch.equal(choose_sampled(*batch, True, True), together)
+        assert torch.equal(choose_sampled(*batch, True, True, True), together)
     order = torch.randperm(300).tolist()
-    assert torch.equal(choose_sampled(*batch.rows(order), True, True), together[order])
+    assert torch.equal(choose_sampled(*batch.rows(order), True, True, True), together[order])
     for row in range(0, 300, 7):
         alone = batch.rows(slice(row, row + 1))
-        assert choose_sampled(*alone, True, True) == together[row]
+        assert choose_sampled(*alone, True, True, True) == together[row]
         assert choose_sampled(*alone, *needs(alone)) == together[row]  # a smaller plan, other kernels
-    wide = batch._replace(logits=batch.logits.float())
-    assert torch.equal(choose_sampled(*wide, True, True), together)  # what a row with penalties in the batch causes
+    wide = batch._replace(logits=batch.logits.float())  # what a row with penalties in the batch causes
+    assert torch.equal(choose_sampled(*wide, True, True, True), together)
+
+
+@pytest.mark.parametrize("vocab", [1, 1025, 5003, 151936])
+def test_one_pass_gives_unfiltered_rows_what_all_kernels_give_them(vocab: int) -> None:
+    temperatures = (1e-32, 1e-4, 0.1, 0.6, 1.0, 3.0, 100.0, 1e32)
+    for seed, dtype in enumerate(DTYPES * 3):
+        batch = random_batch(seed, 200, vocab, dtype).to("cuda")
+        batch.reals[:, 0] = torch.tensor(temperatures, device="cuda").repeat(26)[: len(batch.reals)]
+        batch.reals[:, 1:3] = torch.tensor([1.0, -math.inf], device="cuda")
+        batch.integers[:, 1] = 0
+        poison()
+        assert torch.equal(choose_sampled(*batch, False, False, False), choose_sampled(*batch, True, True, True))
 
 
 @pytest.mark.parametrize("block", [128, 512, 2048, 4096])
 def test_no_result_depends_on_the_block(block: int) -> None:
     batch = random_batch(8, 40, 20_000, torch.bfloat16).to("cuda")
-    expected = launch_sampled(*batch, True, True)
-    assert torch.equal(launch_sampled(*batch, True, True, block=block), expected)
+    for needed in (True, False):
+        plan = (needed,) * 3
+        assert torch.equal(launch_sampled(*batch, *plan, block=block), launch_sampled(*batch, *plan))
     assert torch.equal(launch_greedy(batch.logits, block=block), launch_greedy(batch.logits))
 
 
@@ -103,7 +116,11 @@ def test_no_result_depends_on_the_block(block: int) -> None:
 def test_a_replay_gives_what_the_call_gives(rows: int) -> None:
     vocab = 128256 if rows < 4096 else 3000
     batch = same(rows, vocab, 2.0, torch.bfloat16, top_k=300, top_p=0.9, min_p=0.001)
-    for call in (lambda: choose_sampled(*batch, True, True), lambda: choose_greedy(batch.logits)):
+    for call in (
+        lambda: choose_sampled(*batch, True, True, True),
+        lambda: choose_sampled(*batch, False, False, False),
+        lambda: choose_greedy(batch.logits),
+    ):
         call()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -119,15 +136,16 @@ def test_a_replay_gives_what_the_call_gives(rows: int) -> None:
 
 def test_logits_that_are_not_adjacent_or_aligned() -> None:
     batch = random_batch(3, 9, 5001, torch.bfloat16).to("cuda")
-    expected = choose_sampled(*batch, True, True)
+    expected, unfiltered = (choose_sampled(*batch, *plan) for plan in ((True,) * 3, (False,) * 3))
     padded = torch.zeros(9, 6000, dtype=torch.bfloat16, device="cuda")
     for start in (0, 1, 8):
         padded[:, start : start + 5001] = batch.logits
         view = batch._replace(logits=padded[:, start : start + 5001])
-        assert torch.equal(choose_sampled(*view, True, True), expected)
+        assert torch.equal(choose_sampled(*view, True, True, True), expected)
+        assert torch.equal(choose_sampled(*view, False, False, False), unfiltered)
         assert torch.equal(choose_greedy(view.logits), choose_greedy(batch.logits))
     turned = batch._replace(logits=batch.logits.t().contiguous().t())
-    assert torch.equal(choose_sampled(*turned, True, True), expected)
+    assert torch.equal(choose_sampled(*turned, True, True, True), expected)
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -213,7 +231,7 @@ def test_what_the_kernels_do_not_take() -> None:
 def test_the_ops_are_custom_ops_as_torch_wants_them() -> None:
     batch = random_batch(1, 3, 100, torch.float32).to("cuda")
     torch.library.opcheck(torch.ops.hybridgen.choose_greedy.default, (batch.logits,))
-    torch.library.opcheck(torch.ops.hybridgen.choose_sampled.default, (*batch, True, True))
+    torch.library.opcheck(torch.ops.hybridgen.choose_sampled.default, (*batch, True, True, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

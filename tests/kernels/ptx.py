@@ -169,6 +169,10 @@ def _from_e4m3x2(a: Listed) -> Listed:
     return [_packed(torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy())]
 
 
+def _log2(a: Listed) -> Listed:
+    return [np.log2(a[0].view(np.float32)).view(U32)]
+
+
 def _largest(a: Listed, b: Listed) -> Listed:
     return [np.maximum(a[0].view(np.int32), b[0].view(np.int32)).view(U32)]
 
@@ -225,6 +229,7 @@ _KNOWN = {
     "add.rn.f16x2": _add_f16x2,
     "add.rn.bf16x2": _add_bf16x2,
     "cvt.rn.f16x2.e4m3x2": _from_e4m3x2,
+    "lg2.approx.ftz.f32": _log2,
     "max.s32": _largest,
     "shfl.sync.bfly.b32": _butterfly,
     "ld.global.v4.b32": _load_words,

@@ -93,11 +93,12 @@ def random_batch(seed: int, rows: int, vocab: int, dtype: torch.dtype) -> Batch:
     return Batch(logits, reals, integers, slots, positions)
 
 
-def needs(batch: Batch) -> tuple[bool, bool]:
-    """Whether some row has top-k, and top-p."""
+def needs(batch: Batch) -> tuple[bool, bool, bool]:
+    """Whether some row has top-k, top-p, min-p."""
     drawn = batch.reals[batch.slots, 0] > 0
     top_k, top_p = batch.integers[batch.slots, 1] > 0, batch.reals[batch.slots, 1] < 1
-    return bool((drawn & top_k).any()), bool((drawn & top_p).any())
+    min_p = batch.reals[batch.slots, 2] > -INF
+    return bool((drawn & top_k).any()), bool((drawn & top_p).any()), bool((drawn & min_p).any())
 
 
 def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, slack: float) -> Tensor:

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("sampling_interpreter.py")
 
 
-@pytest.mark.parametrize("check", ["functions", "ties_across_blocks", "history", "plans"])
+@pytest.mark.parametrize("check", ["functions", "ties_across_blocks", "history", "plans", "settled", "rough"])
 def test_kernels_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
     triton_interpreter.run(CHECKS, f"check_{check}")
 

@@ -24,7 +24,7 @@ def test_the_reference_is_what_the_judge_expects(seed: int, vocab: int, dtype: t
     batch = random_batch(seed, 9, vocab, dtype)
     tokens = choose_sampled(*batch, *needs(batch))
     assert judge(batch, tokens) == []
-    assert torch.equal(choose_sampled(*batch, True, True), tokens)
+    assert torch.equal(choose_sampled(*batch, True, True, True), tokens)
     assert torch.equal(choose_greedy(batch.logits), reference_greedy(batch.logits))
 
 
@@ -41,9 +41,11 @@ def test_what_the_plan_leaves_out_is_not_looked_at() -> None:
     batch = random_batch(4, 50, 300, torch.float32)
     plain = batch._replace(reals=batch.reals.clone(), integers=batch.integers.clone())
     plain.integers[:, 1] = 0
-    assert torch.equal(choose_sampled(*batch, False, True), choose_sampled(*plain, False, True))
+    assert torch.equal(choose_sampled(*batch, False, True, True), choose_sampled(*plain, False, True, True))
     plain.reals[:, 1] = 1.0
-    assert torch.equal(choose_sampled(*batch, False, False), choose_sampled(*plain, False, False))
+    assert torch.equal(choose_sampled(*batch, False, False, True), choose_sampled(*plain, False, False, True))
+    plain.reals[:, 2] = -torch.inf
+    assert torch.equal(choose_sampled(*batch, False, False, False), choose_sampled(*plain, False, False, False))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
@@ -52,5 +54,5 @@ def test_the_ops_are_custom_ops_as_torch_wants_them(rows: int) -> None:
     few = batch.rows(slice(0, rows))
     if rows:
         torch.library.opcheck(torch.ops.hybridgen.choose_greedy.default, (few.logits,))
-        torch.library.opcheck(torch.ops.hybridgen.choose_sampled.default, (*few, True, True))
-    assert choose_sampled(*few, True, True).shape == (rows,)
+        torch.library.opcheck(torch.ops.hybridgen.choose_sampled.default, (*few, True, True, True))
+    assert choose_sampled(*few, True, True, True).shape == (rows,)

@@ -14,7 +14,8 @@ VOCAB = 128
 
 def kernels_of(plan: SamplerPlan) -> tuple[bool, ...]:
     """What decides about kernels on CUDA; see `sampler._choose` and `kernels.sampling.Variant`."""
-    return plan.sample, plan.top_k, plan.nucleus, plan.processes
+    min_p_alone = plan.min_p and not (plan.top_k or plan.nucleus)
+    return plan.sample, plan.top_k, plan.nucleus, min_p_alone, plan.processes
 
 
 def resolved(**fields: object) -> ResolvedSampling:
@@ -29,7 +30,7 @@ def test_every_request_has_the_kernels_of_one_of_them() -> None:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=penalty, logit_bias=bias
         )
         assert kernels_of(plan_of(request, VOCAB)) in kinds
-    assert len(kinds) == 10
+    assert len(kinds) == 12
 
 
 def test_running_them_changes_nothing(eager_engine: hybridgen.Engine) -> None:

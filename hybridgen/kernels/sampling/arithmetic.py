@@ -15,6 +15,8 @@ NOTHING = tl.constexpr(-(2**63))
 MASS_BITS = tl.constexpr(44)
 """A row's most likely token has the mass 2^44; below 2^19 tokens, a sum fits int64."""
 RADIX = tl.constexpr(16)
+ROUGH = tl.constexpr(2.0**-9)
+"""How far a candidate of `rough_gumbel` and `reciprocal` may be from `gumbel - distance`, where that is above -5."""
 
 
 @triton.jit
@@ -70,6 +72,16 @@ def distance(x, peak, temperature):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def reciprocal(temperature):  # type: ignore[no-untyped-def]
+    """`1 / temperature`; 0 where that may be infinite or have fewer bits.
+
+    `(peak - x) * reciprocal(temperature)` is `distance` within 2^-20 of itself, or within 1e-30, with one division for
+    all tokens.
+    """
+    return tl.where((temperature > 1e-30) & (temperature < 1e30), 1.0 / temperature, 0.0)
+
+
+@triton.jit
 def mass_of(far):  # type: ignore[no-untyped-def]
     """`exp(-distance)` in units of 2^-44; int64."""
     return (tl.exp2(far * -1.4426950408889634) * 17592186044416.0).to(tl.int64)
@@ -103,11 +115,38 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gumbel(key, ids):  # type: ignore[no-untyped-def]
-    """`random.gumbel_noise` of token ids: the same uniform bits, logarithms within the last bits."""
-    bits = _mix(key + (ids + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+def _uniform(key, ids):  # type: ignore[no-untyped-def]
+    """`random.bits_to_uniform` of token ids, bit for bit: from 2^-41 to 1 - 2^-24."""
+    bits = _mix(key + (ids + 1).to(tl.uint32).to(tl.uint64) * 0x9E3779B97F4A7C15)
     uniform = ((bits >> 24).to(tl.int64).to(tl.float32) + 0.5) * 9.094947017729282e-13  # 2^-40
-    uniform = tl.minimum(uniform, 0.99999994)  # 1 - 2^-24
+    return tl.minimum(uniform, 0.99999994)  # 1 - 2^-24
+
+
+@triton.jit
+def gumbel(key, ids):  # type: ignore[no-untyped-def]
+    """`random.gumbel_noise` of token ids: the same uniform bits, logarithms within the last bits. Above -2.9."""
+    uniform = _uniform(key, ids)
     rest = 1.0 - uniform
     lost = (1.0 - rest) - uniform  # what the rounding of the line before took away
     return -_log(-(_log(rest) + lost / rest))
+
+
+@triton.jit
+def _log2(x):  # type: ignore[no-untyped-def]
+    """The device's instruction, which `tl.log2` is not: off by 2^-22, between 0.5 and 2, or by that share of itself."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rough_gumbel(key, ids):  # type: ignore[no-untyped-def]
+    """`gumbel` within a third of ROUGH; the rest is for devices whose logarithm is worse.
+
+    With u the uniform number, -log(1 - u) is u + u^2 / 2 + ...: below 2^-10, u lacks less than 0.0005 of it. Above,
+    the rounding of 1 - u changes it by up to 2^-24, and the device's logarithm by 2^-22 * log(2), or by 2^-22 of
+    itself: together less than 0.00025 of a result above 2^-10. So what the outer logarithm gets is right to 0.0005 of
+    itself, and what it gives to 0.0005. The device's own error there is 2^-22 of up to 41, and that of `gumbel` a few
+    last bits of up to 29: both are below 0.00002, as is that of a distance by `reciprocal`, 2^-20 of up to 34.
+    """
+    uniform = _uniform(key, ids)
+    wait = tl.where(uniform < 0.0009765625, uniform, _log2(1.0 - uniform) * -0.6931471805599453)
+    return _log2(wait) * -0.6931471805599453

@@ -1,26 +1,34 @@
 """Triton: choose a token per row without sorting the vocabulary. What the ops promise: `hybridgen.sampling.choice`.
 
-A row is cut into blocks of 1024 tokens, one program each; the kernels run one after another over all rows:
+A row is cut into blocks of 2048 tokens, one program each; the kernels run one after another over all rows. A batch of
+greedy rows: `scan_kernel` finds each block's largest logit, `greedy_kernel` the row's. Else:
 
-1. `scan_kernel` finds each block's largest logit; the row's is a temperature's reference and what greedy rows take.
-2. `digit_kernel` finds an edge by radix selection (as `torch.topk` does, by digits of 4 bits): the logit's bits, in an
+1. `draw_first_kernel` finds each block's largest logit, which is a temperature's reference, and its best token with
+   noise, by the device's quick logarithm.
+2. `pick_first_kernel` computes exact noise for these, and takes the row's best token. Where no row of the batch has
+   top-k, top-p or min-p, that is all.
+3. `weigh_kernel` sums what comes before that token. If top-k, top-p and min-p keep it, it is the best of those that are
+   kept, too: the row is settled, and the programs of all that follows leave at once. With top-p of p that happens in
+   a share of p of all steps and more.
+4. `digit_kernel` finds an edge by radix selection (as `torch.topk` does, by digits of 4 bits): the logit's bits, in an
    order where a smaller key is more likely, are fixed digit by digit from the top. A launch per digit adds, for each
    value of the digit, the tokens whose higher digits agree with what is fixed so far: counts for top-k, masses for
    top-p. 4 digits for bfloat16, 5 for float16, 8 for float32; first for top-k, then for top-p, as far as a row of the
    batch may have them.
-3. `draw_kernel` adds noise and finds each block's best candidate among what is kept.
-4. `pick_kernel` takes the best of the blocks. Greedy batches go from 1 to `greedy_kernel`.
+5. `draw_kernel` finds each block's best token among what is kept, as the first kernel does.
+6. `pick_kernel` takes the best of these.
 
 | batch | launches |
 |---|---|
-| greedy | 2 |
-| temperature, min-p | 3 |
-| with top-k or with top-p | 3 + digits |
-| with both | 3 + 2 * digits |
+| greedy, temperature | 2 |
+| min-p | 4 |
+| with top-k or with top-p | 5 + digits |
+| with both | 5 + 2 * digits |
 
 Sums across blocks are of integers, so no order of arrival shows in them: masses are multiples of 2^-44 of the row's
 most likely token's. On compute capability 9 each launch overlaps with the end of the one before (programmatic
-dependent launch). Nothing outlives a call: the scan sets the sums to zero, scratch comes from torch's allocator.
+dependent launch). Nothing outlives a call: the second kernel sets the sums to zero, scratch comes from torch's
+allocator.
 
 Imports Triton; only the CUDA implementations import this module.
 """
@@ -35,13 +43,21 @@ from torch import Tensor
 
 from hybridgen.device.launcher import Launcher, device_of
 from hybridgen.kernels.sampling.arithmetic import MASS_BITS, RADIX
-from hybridgen.kernels.sampling.kernels import digit_kernel, draw_kernel, greedy_kernel, pick_kernel, scan_kernel
+from hybridgen.kernels.sampling.first_kernels import draw_first_kernel, pick_first_kernel, weigh_kernel
+from hybridgen.kernels.sampling.kernels import (
+    RECORD,
+    digit_kernel,
+    draw_kernel,
+    greedy_kernel,
+    pick_kernel,
+    scan_kernel,
+)
 
-BLOCK = 1024
+BLOCK = 2048
 """Tokens of a program. No result depends on it."""
-_WARPS = {"scan": 4, "digit": 16, "draw": 8, "pick": 4}
-"""Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers, so that the next one loads its
-logits while one works."""
+_WARPS = {"scan": 4, "counts": 4, "masses": 16, "draw": 4, "pick": 4}
+"""Per program. A thread has 16 sums of 8 bytes for each of its tokens where masses are summed: with fewer warps they
+would not fit its registers."""
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 """Leading bits of float32 that hold a number of the dtype."""
 _RADIX = int(RADIX)
@@ -57,6 +73,7 @@ class Variant(NamedTuple):
     block: int
     top_k: bool
     nucleus: bool
+    min_p: bool
     device: int | None
 
     @property
@@ -70,6 +87,11 @@ class Variant(NamedTuple):
         return triton.cdiv(_KEY_BITS[self.dtype], (_RADIX - 1).bit_length())
 
     @property
+    def filtered(self) -> bool:
+        """Whether rows that draw may leave tokens out."""
+        return self.top_k or self.nucleus or self.min_p
+
+    @property
     def sums(self) -> int:
         """Integers of a row for selection: a part for top-k, then one for top-p."""
         return (self.top_k + self.nucleus) * self.digits * (_RADIX + 2)
@@ -79,10 +101,13 @@ class Kernels(NamedTuple):
     """The launches of a variant."""
 
     scan: Launcher
+    greedy: Launcher
+    draw_first: Launcher
+    pick_first: Launcher
+    weigh: Launcher
     digits: tuple[Launcher, ...]
     draw: Launcher
     pick: Launcher
-    greedy: Launcher
 
 
 _prepared: dict[Variant, Kernels] = {}
@@ -95,27 +120,31 @@ def _prepare(variant: Variant, overlap: bool) -> Kernels:
         "enable_fp_fusion": False,
         **({"launch_pdl": True} if overlap else {}),
     }
-    blocks = {"BLOCKS": triton.next_power_of_2(variant.blocks)}
-    keys = {"DIGITS": variant.digits, "SHIFT": 32 - _KEY_BITS[variant.dtype]}
-    tile = {"BLOCK": variant.block, **blocks, **keys, **common}
+    block, blocks = {"BLOCK": variant.block, **common}, {"BLOCKS": triton.next_power_of_2(variant.blocks)}
     filters = {"TOP_K": variant.top_k, "NUCLEUS": variant.nucleus}
-    passes = [{"TOP_K": False, "NUCLEUS": False}] * variant.top_k
-    passes += [{"TOP_K": variant.top_k, "NUCLEUS": True}] * variant.nucleus
-    sums = triton.next_power_of_2(variant.sums) if variant.sums else 0
+    keys = {"DIGITS": variant.digits, "SHIFT": 32 - _KEY_BITS[variant.dtype], **filters, **block}
+    first = {"SUMS": triton.next_power_of_2(variant.sums) if variant.sums else 0, "FILTERED": variant.filtered}
+    passes = [False] * variant.top_k + [True] * variant.nucleus
     return Kernels(
-        Launcher(scan_kernel, {"BLOCK": variant.block, "SUMS": sums, "num_warps": _WARPS["scan"], **common}),
-        tuple(
-            Launcher(digit_kernel, {"PLACE": place, "num_warps": _WARPS["digit"], **which, **tile})
-            for which in passes
+        scan=Launcher(scan_kernel, {"num_warps": _WARPS["scan"], **block}),
+        greedy=Launcher(greedy_kernel, {"num_warps": _WARPS["pick"], **blocks, **common}),
+        draw_first=Launcher(draw_first_kernel, {"num_warps": _WARPS["draw"], **block}),
+        pick_first=Launcher(pick_first_kernel, {"num_warps": _WARPS["pick"], **first, **blocks, **block}),
+        weigh=Launcher(weigh_kernel, {"num_warps": _WARPS["draw"], **filters, **block}),
+        digits=tuple(
+            Launcher(
+                digit_kernel,
+                {"PLACE": place, "MASSES": masses, "num_warps": _WARPS["masses" if masses else "counts"], **keys},
+            )
+            for masses in passes
             for place in range(variant.digits)
         ),
-        Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **filters, **tile}),
-        Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **filters, **tile}),
-        Launcher(greedy_kernel, {"num_warps": _WARPS["pick"], **blocks, **common}),
+        draw=Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **keys}),
+        pick=Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **blocks, **keys}),
     )
 
 
-def _kernels_of(logits: Tensor, top_k: bool, nucleus: bool, block: int) -> tuple[Tensor, Variant, Kernels]:
+def _kernels_of(logits: Tensor, top_k: bool, nucleus: bool, min_p: bool, block: int) -> tuple[Tensor, Variant, Kernels]:
     """The logits with adjacent columns, and how to launch on them."""
     if logits.dtype not in _KEY_BITS:
         raise TypeError(f"logits of {logits.dtype}; give bfloat16, float16 or float32")
@@ -123,7 +152,7 @@ def _kernels_of(logits: Tensor, top_k: bool, nucleus: bool, block: int) -> tuple
         raise ValueError(f"a vocabulary of {logits.shape[1]}; the sums hold up to {(1 << (63 - int(MASS_BITS))) - 1}")
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     device = logits.device.index
-    variant = Variant(logits.dtype, logits.shape[1], logits.stride(0), block, top_k, nucleus, device)
+    variant = Variant(logits.dtype, logits.shape[1], logits.stride(0), block, top_k, nucleus, min_p, device)
     kernels = _prepared.get(variant)
     if kernels is None:
         kernels = _prepared[variant] = _prepare(variant, device_of(logits).overlap)
@@ -141,10 +170,10 @@ def launch_greedy(logits: Tensor, block: int = BLOCK) -> Tensor:
     tokens = _scratch(rows, logits.device)
     if rows == 0:
         return tokens
-    logits, variant, kernels = _kernels_of(logits, False, False, block)
+    logits, variant, kernels = _kernels_of(logits, False, False, False, block)
     blocks = variant.blocks
     peaks = _scratch(rows * blocks, logits.device)
-    kernels.scan((blocks, rows, 1), (logits, peaks, peaks, variant.vocab, variant.stride, blocks, 0))
+    kernels.scan((blocks, rows, 1), (logits, peaks, variant.vocab, variant.stride, blocks))
     kernels.greedy((rows, 1, 1), (peaks, tokens, blocks))
     return tokens
 
@@ -157,25 +186,32 @@ def launch_sampled(
     positions: Tensor,
     top_k: bool,
     nucleus: bool,
+    min_p: bool,
     block: int = BLOCK,
 ) -> Tensor:
-    """See `choice.choose_sampled`; `block` is a power of two."""
+    """See `choice.choose_sampled`; `block` is a power of two, 4096 at most."""
     rows = logits.shape[0]
     tokens = _scratch(rows, logits.device)
     if rows == 0:
         return tokens
-    logits, variant, kernels = _kernels_of(logits, top_k, nucleus, block)
+    logits, variant, kernels = _kernels_of(logits, top_k, nucleus, min_p, block)
     blocks = variant.blocks
-    sizes = rows * blocks, rows * variant.sums, rows * 4 * blocks
-    peaks, sums, draws = _scratch(sum(sizes), logits.device).split(sizes)
     slots, positions = slots.contiguous(), positions.contiguous()
-    shape = variant.vocab, variant.stride, blocks, variant.sums
-    widths = reals.stride(0), integers.stride(0)
-    grid = blocks, rows, 1
-    kernels.scan(grid, (logits, peaks, sums, *shape))
+    grid, widths = (blocks, rows, 1), (reals.stride(0), integers.stride(0))
+    counts = blocks, blocks, variant.sums, variant.filtered * int(RECORD), variant.filtered * 4 * blocks
+    sizes = [rows * count for count in counts]
+    peaks, firsts, sums, records, draws = _scratch(sum(sizes), logits.device).split(sizes)
+    shape = variant.vocab, variant.stride, blocks
+    kernels.draw_first(grid, (logits, peaks, firsts, reals, integers, slots, positions, *shape, *widths))
+    found = logits, peaks, firsts, sums, records, reals, integers, slots, positions, tokens
+    kernels.pick_first((rows, 1, 1), (*found, *shape, variant.sums, *widths))
+    if not variant.filtered:
+        return tokens
+    if variant.sums:
+        kernels.weigh(grid, (logits, records, reals, integers, slots, *shape, *widths))
     for digit in kernels.digits:
-        digit(grid, (logits, peaks, sums, reals, integers, slots, *shape, *widths))
-    kernels.draw(grid, (logits, peaks, sums, draws, reals, integers, slots, positions, *shape, *widths))
-    arguments = logits, peaks, sums, draws, reals, integers, slots, positions, tokens, *shape, *widths
-    kernels.pick((rows, 1, 1), arguments)
+        digit(grid, (logits, sums, records, reals, integers, slots, *shape, variant.sums, *widths))
+    state = logits, sums, records, draws, reals, integers, slots, positions
+    kernels.draw(grid, (*state, *shape, variant.sums, *widths))
+    kernels.pick((rows, 1, 1), (*state, tokens, *shape, variant.sums, *widths))
     return tokens
