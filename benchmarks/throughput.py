@@ -2,9 +2,9 @@
 
 256 requests from seed 0, with prompts and outputs of 100 to 1024 tokens each, as small engines quote it: 133,966
 generated tokens. Prompts are ids, end-of-sequence is ignored, weights are random. Generated tokens over the wall time
-of the whole call, synchronised; the median of the runs. Before them comes a whole call that is not measured, and then
-the engine records what graphs that call lacked, as a server's does while it is idle (a script's records one at the end
-of each call). Huggingface has a warm-up call of a few requests.
+of the whole call, synchronised; the median of the runs. Before them comes a whole call, whose time is kept but does not
+count, and then the engine records what graphs that call lacked, as a server's does while it is idle (a script's records
+one at the end of each call). Huggingface has a warm-up call of a few requests.
 
 - eager, jit, graph, hybrid: one `generate()` call of an engine in that mode, all 256 requests in one batch.
 - huggingface: Hugging Face's continuous batching (`generate_batch`'s manager), with a limit per request. With SDPA,
@@ -131,10 +131,10 @@ def ours(
             return sum(len(completion.token_ids) for completion in completions)
 
         for temperature in temperatures:
-            generate(work, temperature)
+            call, name = partial(generate, temperature=temperature), f"{mode} {temperature}"
+            [first], _ = timed(call, work, device, 1, warm_up=False)
             while engine.idle():
                 pass
-            call, name = partial(generate, temperature=temperature), f"{mode} {temperature}"
             found = in_turns(engine, call, work, device, runs) if mixed else timed(call, work, device, runs)
             scheduler: Any = engine._loop.scheduler
             came = []
@@ -143,7 +143,8 @@ def ours(
                 how = f"{name}, prompts beside" if beside else name
                 row = arriving(engine, work, temperature, rate, arrivals.even, how)
                 came.append(row | ({"prompts_beside": beside} if mixed else {}))
-            yield *found[:2], how_it_ran(engine) | ({"arrivals": came} if came else {}) | dict(*found[2:])
+            ran = how_it_ran(engine) | {"first_call_seconds": first}
+            yield *found[:2], ran | ({"arrivals": came} if came else {}) | dict(*found[2:])
 
 
 def in_turns(
