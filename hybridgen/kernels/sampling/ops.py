@@ -56,8 +56,8 @@ from hybridgen.kernels.sampling.kernels import (
 BLOCK = 2048
 """Tokens of a program. No result depends on it."""
 _WARPS = {"scan": 4, "counts": 4, "masses": 16, "draw": 4, "pick": 4}
-"""Per program. A thread has 16 sums of 8 bytes for each of its tokens where masses are summed: with fewer warps they
-would not fit its registers."""
+"""Per program. A thread has 16 sums of 8 bytes for each of its tokens where masses are summed: with 4 warps they do not
+fit its registers, and with 16 some of the first digit's are spilled. 8 have not been timed."""
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 """Leading bits of float32 that hold a number of the dtype."""
 _RADIX = int(RADIX)
