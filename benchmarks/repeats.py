@@ -3,8 +3,8 @@
 A race between a kernel's threads shows in few calls of thousands. Each call runs again and again in a CUDA graph, into
 new memory, and every bit of what it gives is compared with the first call's: products with quantised weights by format
 and rows, those in 16 bits by cublasLt, experts in MXFP4, decode attention over keys and values in 8 bits with and
-without the step's own, attention by a schedule, the projections of a few rows, routers, and whole steps of the
-persistent kernel for one row and of the chain (those of the kernel for several columns are in `rows.py`).
+without the step's own, attention by a schedule, the projections of a few rows, routers, the choice of tokens, and whole
+steps of the persistent kernel for one row and of the chain (those of the kernel for several columns are in `rows.py`).
 
     python benchmarks/repeats.py [--times 3000] [--only experts attention] [--output repeats.json]
     python benchmarks/repeats.py --smoke          # twice, tiny, on the CPU: checks the script
@@ -25,6 +25,7 @@ import experts
 import fused
 import quantised
 import ragged_steps
+import sampling
 import torch
 from common import provenance, random_decoder, release, this_device, write
 from torch import Tensor
@@ -36,7 +37,18 @@ from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.decoder import Decoder
 
-KINDS = ("products", "cublaslt", "experts", "attention", "scheduled", "projections", "routers", "one row", "chain")
+KINDS = (
+    "products",
+    "cublaslt",
+    "experts",
+    "attention",
+    "scheduled",
+    "projections",
+    "routers",
+    "tokens",
+    "one row",
+    "chain",
+)
 _IN_A_GRAPH = 10
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -125,6 +137,15 @@ def routers(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str,
             yield f"{count} x {inputs}, {rows} rows", partial(route, x, weight, None, 4, RouteForm(True))
 
 
+def tokens(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    """Choosing a token for each row, with every kind of filter."""
+    for kind in ("flat", "peaked"):
+        for rows in (2,) if smoke else (1, 64, 256):
+            logits = sampling.make_logits(kind, rows, 500 if smoke else 128256, dtype, device)
+            for case in sampling.CASES:
+                yield f"{kind}, {case}, {rows} rows", sampling.ways(case, logits)["op"]
+
+
 SHAPES = ("llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b")
 
 
@@ -177,7 +198,7 @@ def chain(device: str, dtype: torch.dtype, smoke: bool, shapes: Sequence[str] = 
 CASES = dict(
     zip(
         KINDS,
-        (products, cublaslt, chosen_experts, decode, scheduled, projections, routers, one_row, chain),
+        (products, cublaslt, chosen_experts, decode, scheduled, projections, routers, tokens, one_row, chain),
         strict=True,
     )
 )
