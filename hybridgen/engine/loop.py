@@ -98,8 +98,11 @@ class StepLoop:
         self._queue(requests, keep_events, patient, may_look_later=False)
 
     def start(self, requests: Sequence[Request], *, patient: bool = False) -> None:
-        """`submit` them and take a `step`. The owner of a live module may have changed it: where the step waits for
-        nothing and is nobody else's, that is looked for while the device is at it."""
+        """`submit` them and take a `step`.
+
+        The owner of a live module may have changed it. Where nothing else runs, the loop looks for that after the
+        launch, while the device works.
+        """
         with self._lock, interrupts_deferred():
             alone = self._run_ahead and self._look is not None and not (self.scheduler.busy or self._in_flight)
             looks = self._queue(requests, False, patient, may_look_later=bool(alone))

@@ -23,6 +23,8 @@ What a row gets on CUDA depends on the row alone, bit for bit: not on other rows
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -104,19 +106,10 @@ def _greedy_cuda(logits: Tensor) -> Tensor:
     return launch_greedy(logits)
 
 
-def _sampled_cuda(
-    logits: Tensor,
-    reals: Tensor,
-    integers: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    top_k: bool,
-    nucleus: bool,
-    min_p: bool,
-) -> Tensor:
+def _sampled_cuda(*arguments: Any) -> Tensor:
     from hybridgen.kernels.sampling.ops import launch_sampled
 
-    return launch_sampled(logits, reals, integers, slots, positions, top_k, nucleus, min_p)
+    return launch_sampled(*arguments)
 
 
 def _tokens_like(logits: Tensor, *_: object) -> Tensor:

@@ -23,15 +23,17 @@ from hybridgen.kernels.sampling.arithmetic import (
 )
 
 _INF = tl.constexpr(float("inf"))
+RECORD = tl.constexpr(8)
+"""Numbers of a row's record, see `_settled`."""
 
 
 @triton.jit
 def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Until the kernel before has ended; then the next may start.
 
-    The scan waits before it reads anything. The kernels after it read the call's inputs without waiting: one starts
-    when all programs of the kernel before it are past this, so all that came before that kernel has ended. Nobody
-    writes before this, so that a kernel's end implies the end of all before it.
+    The first kernel of a call waits before it reads anything. The kernels after it read the call's inputs without
+    waiting: one starts when all programs of the kernel before it are past this, so all that came before that kernel has
+    ended. Nobody writes before this, so that a kernel's end implies the end of all before it.
     """
     if OVERLAP:
         gdc_wait()
@@ -68,10 +70,6 @@ def _filters(  # type: ignore[no-untyped-def]
     return top_k, top_p, tl.load(reals + slot * real_width + 2)
 
 
-RECORD = tl.constexpr(8)
-"""Numbers of a row's record, see `_settled`."""
-
-
 @triton.jit
 def _recorded(place):  # type: ignore[no-untyped-def]
     """A float32 of a record."""
@@ -79,13 +77,23 @@ def _recorded(place):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _share(total, top_p):  # type: ignore[no-untyped-def]
+    """The mass that top-p asks for: p of all, at least the smallest unit."""
+    return tl.maximum((total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
+
+
+@triton.jit
 def _settled(record, top_k, top_p, log_min_p):  # type: ignore[no-untyped-def]
     """Whether the row has its token: it is greedy, has nothing to choose, or its best token of all is one that is kept.
 
-    A record is int64 [RECORD]: the bits of the largest logit and of the best token's distance from it (below 0 where
-    the row draws nothing), the best token; how many tokens have a smaller distance, how many the same and a smaller id,
-    the mass of the former, and the mass of all tokens. What top-k keeps has at least the mass of the best token and of
-    those before it: that stands for it here, so that a row with top-k and top-p may stay open though it need not.
+    A record is int64 [RECORD]:
+    0, 1: the bits of the largest logit, and of the best token's distance from it (below 0 where the row does not draw);
+    2: the best token;
+    3, 4: how many tokens have a smaller distance; how many have the same distance and a smaller id;
+    5, 6: the mass of those with a smaller distance; the mass of all tokens.
+
+    Top-p asks for a share of the mass that top-k keeps, which is not known here. It is at least that of the best token
+    and those before it, so that is taken in its place: with both, a row may stay open whose token is kept.
     """
     far = _recorded(record + 1)
     each = mass_of(far)
@@ -93,12 +101,6 @@ def _settled(record, top_k, top_p, log_min_p):  # type: ignore[no-untyped-def]
     kept = (-far >= log_min_p) & ((top_k <= 0) | (tl.load(record + 3) < top_k))
     total = tl.where(top_k > 0, before + each, tl.load(record + 6))
     return (far < 0) | (kept & ((top_p >= 1) | (before < _share(total, top_p))))
-
-
-@triton.jit
-def _share(total, top_p):  # type: ignore[no-untyped-def]
-    """The mass that top-p asks for: p of all, at least the smallest unit."""
-    return tl.maximum((total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
 
 
 @triton.jit

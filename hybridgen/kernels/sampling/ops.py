@@ -8,8 +8,8 @@ greedy rows: `scan_kernel` finds each block's largest logit, `greedy_kernel` the
 2. `pick_first_kernel` computes exact noise for these, and takes the row's best token. Where no row of the batch has
    top-k, top-p or min-p, that is all.
 3. `weigh_kernel` sums what comes before that token. If top-k, top-p and min-p keep it, it is the best of those that are
-   kept, too: the row is settled, and the programs of all that follows leave at once. With top-p of p that happens in
-   a share of p of all steps and more.
+   kept, too: the row is settled, and the programs of all later kernels leave at once. With top-p alone, a row is
+   settled with a probability of p at least.
 4. `digit_kernel` finds an edge by radix selection (as `torch.topk` does, by digits of 4 bits): the logit's bits, in an
    order where a smaller key is more likely, are fixed digit by digit from the top. A launch per digit adds, for each
    value of the digit, the tokens whose higher digits agree with what is fixed so far: counts for top-k, masses for
